@@ -6,8 +6,9 @@ import json
 import math
 import shlex
 from collections import Counter
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +21,7 @@ MAX_YAML_DEPTH = 64
 MAX_YAML_VALUES = 20_000  # aliases counted as what they stand for
 MAX_DIGITS = 25  # of a number, before it is read
 MAX_SHOWN = 200  # characters of a wrong value in a message
+MAX_PROBLEMS = 20  # in a message
 MAX_WHOLE = 2**63  # integers: what everything that is written holds
 
 
@@ -44,9 +46,14 @@ class _CalledFromPython(type(BaseModel)):  # type: ignore[misc]
 
 
 def as_written(value: Any) -> Any:
-    """A value with texts for paths, in tables and lists too."""
+    """A value with texts for paths and Python's whole numbers for numpy's, in tables and lists too.
+
+    pydantic would read the latter as float64, which has not all of 64 bits.
+    """
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
     if type(value) is dict:
         return {key: as_written(inner) for key, inner in value.items()}
     return [as_written(inner) for inner in value] if type(value) is list else value
@@ -57,7 +64,33 @@ if TYPE_CHECKING:
 else:  # a type checker knows pydantic's own metaclass alone
 
     class Settings(BaseModel, metaclass=_CalledFromPython):
-        """A model whose call with wrong values raises ConfigError, as `parse_config` does."""
+        """A model whose call with wrong values raises ConfigError, as `parse_config` does.
+
+        It takes no True or False for a number, as pydantic does: `share: on` is True in YAML, and would be 1, all rows.
+        """
+
+        @model_validator(mode="before")
+        @classmethod
+        def _no_truth_for_a_number(cls, values: Any) -> Any:
+            for key, value in values.items() if isinstance(values, dict) else ():
+                leaves = _leaves(cls.model_fields[key].annotation) if key in cls.model_fields else set()
+                if leaves & {int, float} and not leaves & {bool, Any} and _has_truth(value):
+                    raise ValueError(f"{key} takes a number, and True and False are none (got {shown(value)})")
+            return values
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of; the class of each value of a literal."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    inner = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    return {leaf for one in inner for leaf in _leaves(one)} if inner else {annotation}
+
+
+def _has_truth(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return any(_has_truth(one) for one in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bool)
 
 
 class WithoutSecrets(Settings):
@@ -105,13 +138,16 @@ def parse_config(model: type[Model], values: dict[str, Any], where: str) -> Mode
 
 
 def _refused(model: type[BaseModel], error: ValidationError, where: str, *, in_python: bool = False) -> ConfigError:
-    lines = [_problem(model, problem, in_python) for problem in error.errors()]
+    problems = error.errors()
+    lines = [_problem(model, problem, in_python) for problem in problems[:MAX_PROBLEMS]]
+    if len(problems) > MAX_PROBLEMS:
+        lines.append(f"and {len(problems) - MAX_PROBLEMS:,} more")
     listing = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
     return ConfigError(f"{where}:{listing}")
 
 
 def _problem(model: type[BaseModel], problem: Any, in_python: bool) -> str:
-    path, models = _follow(model, [str(part) for part in problem["loc"]])
+    path, models = _follow(model, [_short(str(part)) for part in problem["loc"]])
     key, known = ".".join(path), sorted({name for m in models for name in m.model_fields})
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(path[-1], known)}; known here: {', '.join(known)}"
@@ -121,7 +157,7 @@ def _problem(model: type[BaseModel], problem: Any, in_python: bool) -> str:
         return f"{'.'.join([*path, problem['ctx']['discriminator'].strip(chr(39))])!r} is missing"
     if problem["type"] == "union_tag_invalid":
         tags = [tag.strip(" '") for tag in problem["ctx"]["expected_tags"].split(",")]
-        tag, name = problem["ctx"]["tag"], problem["ctx"]["discriminator"].strip("'")
+        tag, name = _short(problem["ctx"]["tag"]), problem["ctx"]["discriminator"].strip("'")
         return f"{key + '.' if key else ''}{name}: {tag!r} is none of {', '.join(tags)}{nearest(tag, tags)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error" and isinstance(problem["input"], str) and path and path[-1] in NEVER_REPEATED:
@@ -133,6 +169,10 @@ def _problem(model: type[BaseModel], problem: Any, in_python: bool) -> str:
         else f" (got {shown(problem['input'])})"
     )
     return f"{key + ': ' if key else ''}{message}{value}"
+
+
+def _short(key: str) -> str:
+    return key if len(key) <= MAX_SHOWN else f"{key[: MAX_SHOWN - 3]}..."
 
 
 def shown(value: Any) -> str:

@@ -63,10 +63,12 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"BZh", "a file that bzip2 compressed", "unpack it with `bunzip2`, or give it its own ending, such as .jsonl.bz2"),
     (b"\xfd7zXZ", "a file that xz compressed", "unpack it with `unxz`"),
     (b"PK\x03\x04", "a zip archive", "unpack it with `unzip`"),
+    (b"\xff\xfe", "text in UTF-16", "write it as UTF-8"),
     (b"PARE", "encrypted Parquet", "write it without encryption"),
     (b"PAR1", "Parquet", "give it the ending .parquet"),
     (b"ARROW1", "an Arrow file", "give it the ending .arrow"),
 )
+_PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2"}
 _PAGES = (b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")
 
 
@@ -81,9 +83,9 @@ def what_instead(path: Path, ending: str) -> str:
             first = file.read(4096)
     except OSError:
         return f"see who may read it, or {_AGAIN}"
-    if not first.strip(b"\0"):
-        return f"it {'has no more than zeros' if first else 'is empty'}; {_AGAIN}"
     text = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not first.strip(b"\0") or not text:
+        return f"it {'has no more than zeros' if text else 'is empty'}; {_AGAIN}"
     if text.lower().startswith(_PAGES):
         return (
             "it looks like a web page, as a server sends one to sign in or to say that there is no such file; open its "
@@ -91,7 +93,7 @@ def what_instead(path: Path, ending: str) -> str:
         )
     for beginning, what, remedy in _BEGINNINGS:
         if first.startswith(beginning):
-            own = ending.strip(".") in what.lower()
+            own = ending.strip(".") in what.lower() or path.suffix == _PACKED.get(beginning)
             return (
                 f"it begins as {what}, and was cut off or damaged; {_AGAIN}"
                 if own
@@ -104,8 +106,12 @@ def what_instead(path: Path, ending: str) -> str:
             return f"it looks like no kind of file that kdata reads; {_AGAIN}"
     lines = text.splitlines()
     kind, other = ("JSON", ".jsonl") if text[:1] in b"{[" else ("CSV", ".csv") if b"," in lines[0] else ("text", "")
-    if other[:4] == ending[:4] or not other:
-        return f"it looks like {'plain text' if not other else kind}; {_AGAIN}"
+    if not other:
+        return f"it looks like plain text; {_AGAIN}"
+    if other[:4] == ending[:4]:
+        if path.suffix in _PACKED.values():
+            return f"it is not compressed; take {path.suffix} off its name"
+        return "mend the file, or write it again"
     return f"it looks like {kind}; give it the ending {other}"
 
 

@@ -40,7 +40,7 @@ from pydantic import ConfigDict, Field
 
 from kdata.calls import validated
 from kdata.config import Settings
-from kdata.errors import ConfigError, CorruptError, DataError, MismatchError
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, OutOfRangeError, ShapeError
 from kdata.format.measures import Measures
 from kdata.format.positions import ChosenPositions
 from kdata.format.sequences import Sequences
@@ -50,6 +50,15 @@ from kdata.loader.window import Window
 from kdata.store.dataset import Dataset
 
 Item = TypeVar("Item")
+
+
+def _row_numbers(rows: np.ndarray, num_rows: int) -> np.ndarray:
+    """Global row numbers as int64, in their order. A mask, or fractions, would be other rows than were meant."""
+    if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+        raise ShapeError(f"rows need int64 [S], one row number each, got {rows.dtype} {list(rows.shape)}")
+    if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
+        raise OutOfRangeError(f"rows must lie in [0, {num_rows}), got {rows.min()} to {rows.max()}")
+    return rows.astype(np.int64)
 
 
 class BatchesConfig(Settings):
@@ -141,6 +150,7 @@ class Batches:
         elsewhere: hand over the other targets too, without their entries.
     Raises:
         DataError: nothing to read, or a document is longer than the context.
+        ShapeError, OutOfRangeError: `rows` are no row numbers of the dataset, such as a mask.
         ConfigError: the ranks cannot share a batch evenly, or a row has no chosen position; while reading, the dataset keeps
             nothing at a chosen position.
         CorruptError: while reading, a chosen position is not a target of its row.
@@ -162,7 +172,7 @@ class Batches:
         positions: ChosenPositions | None = None,
         elsewhere: bool = False,
     ) -> None:
-        if config.batch_rows % world_size or not 0 <= rank < world_size:
+        if not 0 <= rank < world_size or config.batch_rows % world_size:
             raise ConfigError(
                 f"rank {rank} of {world_size} cannot share batch_rows={config.batch_rows} evenly; batch_rows counts the "
                 "rows of all ranks and must be a multiple of their number"
@@ -172,7 +182,7 @@ class Batches:
         self.elsewhere = elsewhere and (positions is not None or self.keeps_some)
         share = config.batch_rows // world_size
         self._share = range(rank * share, (rank + 1) * share)
-        rows = np.arange(dataset.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, np.int64)
+        rows = np.arange(dataset.num_rows, dtype=np.int64) if rows is None else _row_numbers(rows, dataset.num_rows)
         if self.keeps_some and positions is None and not self.elsewhere:
             rows = rows[keeps_something(dataset)[rows]]
         lengths = dataset.index(["num_tokens"])["num_tokens"].to_numpy().astype(np.int64)[rows]

@@ -6,6 +6,7 @@ step can choose the first ones. Opening a plan of 100 million rows does not read
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,8 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from kdata.calls import validated
-from kdata.config import first_problem
-from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError
+from kdata.config import as_written, first_problem
+from kdata.errors import ConfigError, CorruptError, DataError, MismatchError, MissingError, first_line
 from kdata.format.files import file_info, lock_of, matches, storage_errors, without_hidden, write_atomically
 from kdata.format.manifest import digest_of, write_json
 from kdata.format.positions import ChosenPositions, position_problem
@@ -399,6 +400,8 @@ def plan_info(domains: dict[str, DomainChoice], dataset: Dataset, **fields: Any)
 
 def _whole(name: str, repeats: np.ndarray) -> np.ndarray:
     """Repeats as int32 [R]. Raises DataError unless each is a whole number >= 1."""
+    if repeats.dtype.kind not in "iufO":
+        raise DataError(f"plan {name!r}: repeats must be whole numbers >= 1, not {repeats.dtype}")
     numbers = np.array([np.nan if value is None else float(value) for value in repeats], np.float64)
     bad = np.flatnonzero(~((numbers >= 1) & (numbers < 2**31) & (numbers == np.floor(numbers))))
     if len(bad):
@@ -481,12 +484,20 @@ def make_plan(
     Raises:
         DataError: no id, a repeated id, invalid repeats, positions or weights.
     """
-    dataset = opened(dataset)
+    dataset, parameters = opened(dataset), as_written(parameters)
+    try:
+        json.dumps(parameters)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"plan {name!r}: parameters are kept as JSON, and this cannot be: {first_line(error)}"
+        ) from error
     if not ids:
         raise DataError(f"plan {name!r} selects no row: the list of ids is empty; give at least one id")
     if len(set(ids)) != len(ids):
         raise DataError(f"plan {name!r}: an id is in the list twice; list it once, and give its `repeats`")
     times = np.ones(len(ids), np.int32) if repeats is None else _whole(name, repeats)
+    if times.shape != (len(ids),):
+        raise DataError(f"plan {name!r}: give one number of repeats for each id, {len(ids):,}, not {list(times.shape)}")
     rows = dataset.rows_of(ids)
     columns: dict[str, Any] = {"id": ids, "repeats": times}
     chosen = None
@@ -518,6 +529,9 @@ def _position_columns(
     for row_id, own in zip(ids, positions, strict=True):
         if len(own) and np.asarray(own).dtype.kind not in "iu":
             raise DataError(f"plan {name!r}, row {row_id!r}: positions are whole numbers, and {own[0]!r} is none")
+    for row_id, weight in zip(ids, weights or (), strict=weights is not None):
+        if len(weight) and np.asarray(weight).dtype.kind not in "iuf":
+            raise DataError(f"plan {name!r}, row {row_id!r}: weights are numbers, and {weight[0]!r} is none")
     flat = np.concatenate([np.asarray(own, np.int64) for own in positions])
     own_weights = None if weights is None else np.concatenate([np.asarray(own, np.float32) for own in weights])
     num_tokens = dataset.index(["num_tokens"])["num_tokens"].to_numpy()[rows]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import BeforeValidator, Field
 
-from kdata.config import parse_config
+from kdata.config import MAX_SHOWN, parse_config, shown
 from kdata.errors import ConfigError, CorruptError, DataError, MissingError, nearest
 from kdata.format.files import remove_leftover, removed_on_failure, require_writable, settle, without_hidden
 from kdata.selection.band import Band
@@ -106,11 +106,10 @@ def parse_step(values: dict[str, Any], where: str = "select settings") -> Step:
     for key in values.keys() - All.model_fields.keys() if "method" not in values else ():
         if takers := [name for name, one in METHODS.items() if key in one.model_fields]:
             raise ConfigError(f"{where}: {key} needs a method that takes it: add one of {', '.join(takers)} as method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         known = ", ".join(repr(name) for name in METHODS)
-        raise ConfigError(
-            f"{where}: method: Input should be one of {known}{nearest(str(method), list(METHODS))} (got {method!r})"
-        )
+        close = nearest(str(method)[:MAX_SHOWN], list(METHODS))
+        raise ConfigError(f"{where}: method: Input should be one of {known}{close} (got {shown(method)})")
     return parse_config(METHODS[method], values, f"{where}, method {method}" if "method" in values else where)
 
 

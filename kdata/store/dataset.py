@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdata.calls import validated
+from kdata.config import shown
 from kdata.errors import (
     ConfigError,
     CorruptError,
@@ -230,7 +231,9 @@ class Dataset:
     def shard_index(self, entry: ManifestEntry, columns: list[str] | None) -> pa.Table:
         unknown = sorted(set(columns or ()) - set(index_schema().names))
         if unknown:
-            raise ConfigError(f"the index has no column {unknown[0]!r}; it has {index_schema().names}")
+            raise ConfigError(f"the index has no column {shown(unknown[0])}; it has {index_schema().names}")
+        if len(set(columns or ())) != len(columns or ()):
+            raise ConfigError(f"columns name one twice: {shown(columns)}; name each once")
         path = self.checked_file(entry, "index")
         try:
             table = read_index(path, columns)
@@ -500,7 +503,9 @@ class Dataset:
 
     @validated
     def shard(self, number: int) -> Sequences:
-        """All sequences of one shard, in order."""
+        """All sequences of one shard, in order. Raises OutOfRangeError where there is no such shard, and as `take`."""
+        if not 0 <= number < len(self.manifest):
+            raise OutOfRangeError(f"{self.path} has {len(self.manifest):,} shards; there is no shard {number}")
         self.open_shard(
             number
         )  # compares the rows of the manifest line, which may be any number, with those that are there
@@ -538,11 +543,11 @@ class Dataset:
             return self.take(np.flatnonzero(values))
         if values.dtype.kind not in "iu" or values.ndim > 1:
             raise ShapeError(
-                f"{rows!r} names no rows: give a row number, a slice, a list of row numbers, or {self.num_rows} bools"
+                f"{shown(rows)} names no rows: give a row number, a slice, a list of row numbers, or {self.num_rows} bools"
             )
         numbers = np.where(values < 0, values + self.num_rows, values).astype(np.int64)
         if ((numbers < 0) | (numbers >= self.num_rows)).any():
-            raise OutOfRangeError(f"{self.path} has {self.num_rows:,} rows; there is no row {rows}")
+            raise OutOfRangeError(f"{self.path} has {self.num_rows:,} rows; there is no row {shown(rows)}")
         return self.take(numbers) if values.ndim else self._row(int(numbers))
 
     def _row(self, number: int) -> Row:

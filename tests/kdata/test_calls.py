@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,18 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+import torch
 from pydantic import BaseModel
 
 import kdata
 from kdata.calls import validated
+from kdata.config import parse_config
 from kdata.errors import ConfigError
-from kdata.loader.batches import BatchesConfig
+from kdata.loader.batches import Batches, BatchesConfig
 from kdata.selection.plan import Plan
 from kdata.selection.ranked import Random
 from kdata.trainer import parts
+from kdata.trainer.config import TrainConfig
 from kdata.trainer.parts import Collator, DistillationLoss, PackedRows, RowStream
 from kdata.trainer.train import train
 
@@ -31,7 +36,7 @@ OURS = re.compile(r"\w*(Config|Step|Plan|Dataset|Path|Source|Collator|Objective)
 NOT_OURS = {"Plan.__init__", "Row.__init__", "Dataset.index_ranges", "Dataset.shard_index"}  # called by code of ours
 CHECKED = {  # by words in an annotation: values that no such parameter takes
     "Config": (3.5, "random", {"no_such_setting": 1}, ["random"]),
-    "Step": (3.5, "random", {"method": "no such method"}, ["random"]),
+    "Step": (3.5, "random", {"method": "no such method"}, {"method": ["random"]}, {1: 2}, ["random"]),
     "Objective": (3.5, "forward_kl"),
     "list[str]": ([1.5], [Path("a")], "text", 3, {"a": 1}),
     "Sequence[str]": ([1.5], [Path("a")], "text", 3, {"a": 1}),
@@ -136,6 +141,182 @@ def test_what_is_meant_is_taken(copied: Path) -> None:
     stream = RowStream(data, config={"context_tokens": 128, "batch_rows": 2, "seed": 3})
     assert stream.config == BatchesConfig(context_tokens=128, batch_rows=2, seed=3)
     assert DistillationLoss({"weights": {"jsd": 1.0}}, "ghost").objective.weights == {"jsd": 1.0}
+
+
+class Named:
+    """What `os.fspath` takes."""
+
+    def __fspath__(self) -> str:
+        return "folder"
+
+
+@validated
+def takes(
+    *,
+    whole: int = 0,
+    number: float = 0.0,
+    truth: bool = False,
+    text: str = "",
+    texts: list[str] = [],  # noqa: B006
+    rows: Sequence[int] | np.ndarray | None = None,
+    array: np.ndarray | None = None,
+    file: Path | None = None,
+    place: Path | str = "",
+    maps: Iterable[Mapping[str, str]] = (),
+    function: Callable[[int], int] = abs,
+) -> Any:
+    return next((value for value in (whole, number, truth, text, texts, rows, array, file, place, maps) if value), None)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("whole", True), ("whole", np.True_), ("whole", "3"), ("whole", b"3"), ("whole", 3.0), ("whole", Decimal(3)),
+        ("number", True), ("number", "0.5"), ("number", b"1"), ("number", "nan"),
+        ("truth", "no"), ("truth", "true"), ("truth", b"true"), ("truth", 1.0), ("truth", 2),
+        ("text", b"a"), ("texts", {"a", "b"}), ("texts", frozenset("ab")), ("texts", [b"a"]), ("texts", np.array([b"a"])),
+        ("rows", [True, False]), ("rows", ["1"]), ("rows", [1.5]), ("rows", {1, 2}), ("array", [True, 2]),
+        ("file", "s3://bucket/out"), ("place", b"a"), ("maps", iter([{"a": 3}])), ("maps", "ab"), ("function", 3),
+    ],
+)  # fmt: skip
+def test_nothing_becomes_another_value(parameter: str, value: Any) -> None:
+    """A set has another order in every process, a URL as a path is a folder here, and True is no number of rows."""
+    with pytest.raises(ConfigError, match=rf"^takes: {parameter}(\[.*)? is .* takes "):
+        takes(**{parameter: value})
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "read"),
+    [
+        ("whole", np.int64(2**53 + 1), 2**53 + 1),
+        ("whole", np.uint64(2**63 + 1), 2**63 + 1),
+        ("whole", torch.tensor(2**53 + 1), 2**53 + 1),
+        ("number", np.float32(0.5), 0.5),
+        ("number", 1, 1.0),
+        ("truth", np.True_, True),
+        ("text", np.str_("a"), "a"),
+        ("texts", iter("ab"), ["a", "b"]),
+        ("texts", {"a": 1, "b": 2}.keys(), ["a", "b"]),
+        ("texts", deque("ab"), ["a", "b"]),
+        ("texts", pa.chunked_array([["a"], ["b"]]), ["a", "b"]),
+        ("rows", (np.int64(2**53 + 1), 1), [2**53 + 1, 1]),
+        ("rows", pl.Series([3, 1]), [3, 1]),
+        ("file", Named(), Path("folder")),
+        ("place", Named(), Path("folder")),
+        ("place", "s3://bucket/data", "s3://bucket/data"),
+        ("maps", (one for one in [{"a": "b"}]), [{"a": "b"}]),
+    ],
+)
+def test_what_means_the_same_is_read_exactly(parameter: str, value: Any, read: Any) -> None:
+    result = takes(**{parameter: value})
+    assert result == read and type(result) is type(read)
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([3, 1]), pl.Series([3, 1]), pa.array([3, 1]), range(3, 0, -2)])
+def test_columns_and_tensors_are_arrays(rows: Any) -> None:
+    assert validated_take(rows).tolist() == [3, 1]
+
+
+@validated
+def validated_take(rows: np.ndarray) -> np.ndarray:
+    return rows
+
+
+@validated
+def validated_rows(rows: Sequence[int] | np.ndarray) -> Any:
+    return rows
+
+
+def test_an_array_of_rows_is_not_made_a_list() -> None:
+    rows = np.arange(5)
+    assert validated_rows(rows) is rows
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: kdata.make_plan("D", "some", "x" * 10**6, method="x", parameters={}),
+        lambda: kdata.make_plan("D", "some", [3] * 10**6, method="x", parameters={}),
+        lambda: kdata.select("D", {"method": "random", "x" * 10**6: 1}),
+        lambda: kdata.select("D", {"method": "x" * 10**6}),
+        lambda: kdata.select("D", {"method": "random", **{f"key{n}": n for n in range(5000)}}),
+        lambda: kdata.select("D", dict.fromkeys(map(str, range(10**5)))),
+        lambda: kdata.open({f"key{n}": n for n in range(5000)}),
+    ],
+)
+def test_a_large_wrong_value_does_not_fill_the_screen(call: Callable[[], Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert len(str(caught.value)) < 4000
+
+
+def test_values_of_a_mapping_are_not_shown() -> None:
+    """People put tokens there."""
+    with pytest.raises(ConfigError, match=r"destination is \{'token': \.\.\.\} \(dict\)"):
+        kdata.push("D", {"token": "a-secret-of-no-known-form"})
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "key"),
+    [
+        (Random, {"share": True}, "share"),
+        (Random, {"share": 0.5, "seed": True}, "seed"),
+        (TrainConfig, {"steps": True}, "steps"),
+        (TrainConfig, {"objective": {"weights": {"jsd": True}}}, "weights"),
+        (TrainConfig, {"objective": {"taid_t": True}}, "taid_t"),
+        (BatchesConfig, {"context_tokens": 64, "batch_rows": True}, "batch_rows"),
+    ],
+)
+def test_settings_take_no_true_for_a_number(model: type[BaseModel], values: dict[str, Any], key: str) -> None:
+    """`share: on` in YAML would choose every row."""
+    for read in (lambda: model(**values), lambda: parse_config(model, values, "recipe")):
+        with pytest.raises(ConfigError, match=rf"{key} takes a number, and True and False are none \(got"):
+            read()
+
+
+def test_settings_that_take_true_or_false_still_do() -> None:
+    assert Random(share=0.5, by_domain=True).by_domain
+    engine_args = {"enforce_eager": True}
+    assert kdata.TeacherConfig(model="m", backend="vllm", engine_args=engine_args).engine_args == engine_args
+
+
+def test_settings_read_whole_numbers_of_numpy_exactly() -> None:
+    assert Random(share=0.5, seed=np.int64(2**53 + 1)).seed == 2**53 + 1
+
+
+def test_wrong_values_of_the_right_type_are_errors_of_ours(captured: Path, tmp_path: Path) -> None:
+    """Not numpy's or pyarrow's, and no other rows than were meant."""
+    data = kdata.open(captured)
+    ids, settings = data.index(["id"])["id"].to_pylist()[:2], BatchesConfig(context_tokens=128)
+    for rows in (np.array([True, False]), [1.0], ["1"], [-1], [data.num_rows], [[0]]):
+        with pytest.raises((kdata.ShapeError, kdata.OutOfRangeError)):
+            Batches(data, rows, settings)
+    with pytest.raises(ConfigError, match="rank 0 of 0"):
+        Batches(data, None, settings, world_size=0)
+    for number in (-1, len(data.manifest)):
+        with pytest.raises(kdata.OutOfRangeError, match=f"there is no shard {number}"):
+            data.shard(number)
+    with pytest.raises(ConfigError, match="name each once"):
+        data.index(["id", "id"])
+    with pytest.raises(ConfigError, match="no place in the stream"):
+        RowStream(data, config={"context_tokens": 128}).state_dict({"input_ids": 1})
+    for repeats in ([1], [True, True], np.array([True, True]), ["1", "2"]):
+        with pytest.raises((ConfigError, kdata.DataError), match="repeats"):
+            kdata.make_plan(data, "some", ids, method="x", parameters={}, repeats=repeats)
+    with pytest.raises(kdata.DataError, match="weights are numbers"):
+        weights = [np.array([True]), np.array([True])]
+        kdata.make_plan(data, "some", ids, method="x", parameters={}, positions=[[1], [1]], weights=weights)
+    with pytest.raises(kdata.DataError, match="kept as JSON"):
+        kdata.make_plan(data, "some", ids, method="x", parameters={"a": b"x"})
+    plan = kdata.make_plan(data, "some", ids, method="x", parameters={"a": np.int64(3), "b": Path("c")})
+    assert Plan.load(plan.save(tmp_path)).info.parameters == {"a": 3, "b": "c"}
+
+
+def test_a_row_that_is_none_is_named_briefly(captured: Path) -> None:
+    for rows in (list(range(10**5)), ["x" * 10**5]):
+        with pytest.raises((kdata.ShapeError, kdata.OutOfRangeError)) as caught:
+            kdata.open(captured)[rows]
+        assert len(str(caught.value)) < 1000
 
 
 def test_a_path_in_a_mapping_of_settings_is_its_text() -> None:

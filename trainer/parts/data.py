@@ -286,7 +286,7 @@ class RowStream(Source, IterableDataset[dict[str, Any]]):
         state = self.loader.state_dict()
         if batch is None:
             return state
-        place = batch["targets"].place
+        place = getattr(batch.get("targets"), "place", None)
         if place is None:
             raise ConfigError("this batch has no place in the stream; give a batch that this RowStream yielded")
         return {**state, **asdict(place)}

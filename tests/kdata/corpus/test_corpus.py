@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -316,6 +317,7 @@ def test_a_truncated_parquet_gives_one_data_error(tmp_path: Path) -> None:
         (b"id,text\n1,a\n", r"it looks like CSV; give it the ending \.csv"),
         (b"id,text\n1," + "é".encode() * 4000, r"it looks like CSV; give it the ending \.csv"),
         (b"only words\n", "it looks like plain text; copy or download it again"),
+        (b"\xef\xbb\xbf \n\n", "it is empty; copy or download it again"),
         (
             b"\x89PNG\r\n" + bytes(range(256)),
             "it looks like no kind of file that kdata reads; copy or download it again",
@@ -327,6 +329,24 @@ def test_what_stands_in_the_place_of_a_parquet_is_named(tmp_path: Path, content:
     with pytest.raises(DataError, match=rf"rows\.parquet cannot be read as parquet: .*; {instead}") as caught:
         read(tmp_path / "rows.parquet")
     assert "\n" not in str(caught.value) and str(caught.value).count(str(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "instead"),
+    [
+        ("rows.csv.gz", gzip.compress(random.Random(0).randbytes(9000))[:-100], "begins as a file that gzip .*cut off"),
+        ("rows.csv.gz", b"id,text\n1,a\n", r"it is not compressed; take \.gz off its name"),
+        ("rows.jsonl.gz", b'{"text": "a"}\n', r"it is not compressed; take \.gz off its name"),
+        ("rows.csv", b"id,text\n1,a\n2,b,c\n", "Expected 2 columns, got 3: 2,b,c; mend the file, or write it again"),
+        ("rows.csv", "id,text\n1,a\n".encode("utf-16"), "it looks like text in UTF-16; write it as UTF-8"),
+    ],
+)
+def test_the_remedy_for_a_damaged_file_is_of_its_own_kind(
+    tmp_path: Path, name: str, content: bytes, instead: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=instead):
+        read(tmp_path / name)
 
 
 def test_settings_identify_the_content_not_the_place(tmp_path: Path) -> None:
