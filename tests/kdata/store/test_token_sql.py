@@ -812,7 +812,7 @@ def test_polars_frames_hold_what_sql_holds(hybrid: Dataset) -> None:
         frame = hybrid.to_polars(name)  # type: ignore[arg-type]
         assert frame.collect().to_dicts() == hybrid.sql(f"from {name}").to_pylist()
         assert frame.collect_schema() == frame.collect().schema
-    with pytest.raises(ConfigError, match="table is 'token'.*one of 'rows', 'tokens', 'entries'"):
+    with pytest.raises(ConfigError, match=r"table is 'token'.*one of 'rows', 'tokens', 'entries'"):
         hybrid.to_polars("token")  # type: ignore[arg-type]
 
 
