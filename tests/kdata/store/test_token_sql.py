@@ -874,7 +874,9 @@ def test_a_name_that_using_merges_is_not_that_of_another_table(hybrid: Dataset) 
 
 @pytest.mark.parametrize("rows", [[True, False], [1.7], slice(0, 3), [[1]], "12"])
 def test_rows_of_a_stream_are_numbers(hybrid: Dataset, rows: Any) -> None:
-    with pytest.raises((ShapeError, ConfigError), match=r"global row numbers|rows.* takes a list \(a whole number each\)"):
+    with pytest.raises(
+        (ShapeError, ConfigError), match=r"global row numbers|rows.* takes a list \(a whole number each\)"
+    ):
         list(hybrid.tokens(rows=rows))
 
 
