@@ -184,4 +184,4 @@ def seen_in_a_browser(address: str, environment: dict[str, str], folder: Path) -
         page = subprocess.run(browser, capture_output=True, text=True, timeout=180).stdout
         view.terminate()
     listed = re.search(r'<ol id="rows".*?</ol>', page, re.DOTALL)
-    return page, re.findall(r"<b>(doc-[\d#]+)</b>", listed[0] if listed else "")
+    return page, re.findall(r"<b[^>]*>(doc-[\d#]+)</b>", listed[0] if listed else "")
