@@ -307,11 +307,14 @@ def open_run(recipe: Recipe, out: Path, resume: str) -> Run:
 
 def _are_to_come(before: dict[str, Any], now: dict[str, Any], done: Mapping[str, float]) -> bool:
     """Whether nothing that is done read a setting that has changed. A stage in progress knows what it was begun with."""
-    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    keys = before.keys() | now.keys()
+    changed = {key for key in keys if settings_difference({key: before.get(key)}, {key: now.get(key)})}
     if "rounds" in changed and not may_change(before.get("rounds"), now.get("rounds"), done):
         return False
     read_by = {key: stage for stage, keys in READ_LATE.items() for key in keys}
-    first = min(list(STAGES).index(read_by.get(key, "prepare")) for key in changed)
+    if not changed <= read_by.keys():
+        return False
+    first = min(list(STAGES).index(read_by[key]) for key in changed)
     return not done.keys() & set(list(STAGES)[first:])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kdata.errors import ConfigError, MismatchError
-from kdata.pipelines.recipe import Recipe, load_recipe
+from kdata.pipelines.recipe import EvaluateStage, Recipe, load_recipe
 from kdata.pipelines.run import Run
 from kdata.selection.position_rules import Entropy
 from kdata.selection.ranked import All
@@ -89,6 +89,8 @@ def test_a_run_goes_on_whatever_memory_its_teacher_takes(tmp_path: Path) -> None
         open_run(recipe(engine_args={"quantization": "fp8"}), out, "must")
     with pytest.raises(MismatchError, match=r"teacher\.lora: None -> 'adapter'"):
         open_run(recipe(lora="adapter"), out, "must")
+    other = recipe().model_copy(update={"evaluate": EvaluateStage(samples=1)})
+    assert open_run(other, out, "must").recipe == other, "nothing is evaluated yet"
 
 
 def test_a_condition_names_scores_that_the_run_writes() -> None:
