@@ -396,18 +396,15 @@ def may_change(before: Any, now: Any, done: Container[str]) -> bool:
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     former, latter = (parse_config(RoundsConfig, rounds, "rounds") for rounds in (before, now))
     models = dict.fromkeys(("last", "best"), "MODEL")
-    for number in itertools.count(1):
-        names = [name for name in former.names_of(number) if name in done]
-        if not names:
-            free = (
-                {"stages", "count", "patience"}
-                if number > 1
-                else {"stages", "count", "patience", "least_gain", "begin"}
-            )
-            return changed <= free
-        if latter.names_of(number)[: len(names)] != names:
-            return False
+
+    def begun(number: int) -> list[str]:
+        return [name for name in former.names_of(number) if name in done]
+
+    rounds_begun = list(itertools.takewhile(begun, itertools.count(1)))
+    for number in rounds_begun:
+        names = begun(number)
         stages = [rounds.stages_of(number, models)[: len(names)] for rounds in (former, latter)]
-        if stages[0] != stages[1]:
+        if latter.names_of(number)[: len(names)] != names or stages[0] != stages[1]:
             return False
-    raise AssertionError  # names end where rounds do
+    free = {"stages", "count", "patience"} if rounds_begun else {"stages", "count", "patience", "least_gain", "begin"}
+    return changed <= free
