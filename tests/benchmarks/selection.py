@@ -32,6 +32,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -100,8 +102,10 @@ def dataset_of(root: Path, files: Path, rows: int) -> kdata.Dataset:
             os.link(files / path, root / path)
         parts[paths["score"]] = file_info(root / paths["score"])
         held = {path: file_info(root / path) for key, path in paths.items() if key != "score"}
-        append_entry(root, ManifestEntry(name=name, source="capture", unit=number, rows=SHARD_ROWS, tokens=SHARD_ROWS,
-                                         target_tokens=SHARD_ROWS, rejected=0, inputs="-", files=held, codec_error=None))  # fmt: skip  # noqa: E501
+        counts = pq.read_table(root / paths["index"], columns=["num_tokens", "num_target_tokens"])
+        tokens, targets = (pc.sum(column).as_py() for column in counts.columns)
+        append_entry(root, ManifestEntry(name=name, source="capture", unit=number, rows=SHARD_ROWS, tokens=tokens,
+                                         target_tokens=targets, rejected=0, inputs="-", files=held, codec_error=None))  # fmt: skip  # noqa: E501
     dataset = kdata.open(root)
     sidecar = ScoreInfo(name="ref", unit="nats per target token", model=teacher, tokenizer_hash="-",
                         dataset_digest=dataset.content_digest, files=parts)  # fmt: skip
